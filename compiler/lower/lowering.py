@@ -259,7 +259,8 @@ class Lowering(ForwardAccess, StatisticAccess, CompanionAccess, StepAccess):
         others = [label for label in known if label and label != self.label]
         if others:
             raise ValueError(
-                f"`{others[0]}` says already how processes train together: remove one of the two clauses"
+                f"`{others[0]}` says already how processes train together: remove one of the two clauses. Replicas of"
+                " several processes each, which the parameters are sharded over, are for a loop of your own"
             )
 
     def buffers(self) -> Callable[[], dict[str, Tensor]]:

@@ -29,6 +29,7 @@ from trainc.compiler.program.step_totals import (
     check_loss_weights,
     describe_unsound,
     free_gradients,
+    is_of_scale,
     unscale_gradients,
     weigh_by_gradients,
 )
@@ -36,6 +37,7 @@ from trainc.runtime.data.batch import Batch, count_tokens, one_of
 from trainc.runtime.memory.failure import OutOfMemory, first_line, ran_out_of_memory
 from trainc.runtime.memory.fitting import FittingSize
 from trainc.runtime.run.interface import Meet, RunSettings
+from trainc.runtime.run.meetings import MeetAgain
 from trainc.runtime.soundness.own_loop import OwnLoop
 from trainc.runtime.step.batches import BatchTransform, change_batch
 from trainc.runtime.step.gradients import GradientNotFinite, ShortSteps
@@ -69,6 +71,7 @@ class OpenStep:
         """What to say with the next step, of what was between them."""
         self.meet: Meet | None = None
         """Lets other replicas know of a step before its update; it raises StopRun where one of them ends the run."""
+        self._meet_again: MeetAgain | None = None
         self.execution, self.method, self._exchange = execution, method, exchange
         self.machine, self.settings = machine, settings
         machine.equals = lambda: execution.replicas
@@ -98,6 +101,10 @@ class OpenStep:
         self._passes = StepPasses(execution, machine, self._forget_passes)
         self.id_readers = method.id_readers
         """The labels of the clauses that read sample ids: every step must then be given them."""
+
+    def meets_by(self, meet: Meet) -> None:
+        """Let other replicas know of each step, once more where clauses change its gradients after that."""
+        self.meet, self._meet_again = meet, MeetAgain.where_due(self.machine, meet)
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
         """Update with the results of the micro-batches; see `Program.update`."""
@@ -257,9 +264,11 @@ class OpenStep:
         overflowed = scaler is not None and not math.isfinite(step.metrics["gradient_norm"])
         goes_on = not overflowed and (step.unsound is None or step.may_be_unsound)
         if self.meet is not None:
-            counts = not goes_on and not self._is_of_scale(step, scaler)
-            ends = self.history.skipped.ending(step, self.settings) if counts else None
-            self.meet(step, ends, not goes_on)
+            self.meet(
+                step,
+                None if goes_on else self.history.ending(step, scaler, self.settings),
+                not goes_on,
+            )
         if goes_on:
             try:
                 self.machine.finish()
@@ -268,6 +277,10 @@ class OpenStep:
                 step.unsound = str(error) or found
                 goes_on = False
         if not goes_on:
+            if self._meet_again is not None:
+                self._meet_again.tell(
+                    step, self.history.ending(step, scaler, self.settings), skips=True
+                )
             self._skip_step(step, scaler)
         elif step.unsound is None:
             self.history.skipped.in_row = 0
@@ -332,7 +345,7 @@ class OpenStep:
         """Leave out a step that is not sound; raises NonFiniteLoss or NonFiniteGradient where that ends the run."""
         free_gradients(self.method)
         self._forget_observations()
-        if self._is_of_scale(step, scaler):
+        if is_of_scale(step, scaler):
             self.history.skipped.overflowed += 1
             step.unsound = None
         else:
@@ -340,9 +353,3 @@ class OpenStep:
             self.history.skipped.add(step, self.settings)
         self.machine.skip_step(step)
         step.metrics["skipped"] = 1.0
-
-    @staticmethod
-    def _is_of_scale(step: Step, scaler: torch.amp.GradScaler | None) -> bool:
-        """Say whether a GradScaler's scale made a step overflow; at 1 or below, it is the gradient itself."""
-        scaled = scaler is not None and (step.may_be_unsound or scaler.get_scale() > 1)
-        return scaled and (step.may_be_unsound or math.isfinite(step.loss))

@@ -310,7 +310,7 @@ class Program(LoadableProgram, OwnLoopProgram):
 
     def meet_with(self, meet: Meet) -> None:
         """Let the other replicas know of each step before its update, as `trainc run` does."""
-        self._runner.meet = meet
+        self._runner.meets_by(meet)
 
     def agree(self, replicas: ReplicaGroup) -> None:
         """Check that all replicas that average gradients have the same weights; raises ValueError where they differ."""

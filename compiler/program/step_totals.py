@@ -19,6 +19,7 @@ from trainc.compiler.method.lowered_method import LoweredMethod
 from trainc.compiler.method.sites import Rewrite
 from trainc.compiler.per_example.micro_batch import MicroBatchResult
 from trainc.compiler.per_example.statistics import Statistics
+from trainc.runtime.run.interface import RunSettings, UnsoundStep
 from trainc.runtime.run.skipped_steps import SkippedSteps
 from trainc.runtime.soundness.gradient_norm import GradientNorms, read_numbers
 from trainc.runtime.soundness.sound import unsound_step
@@ -224,6 +225,12 @@ class TermHistory:
         if self.first.keys() != self.last.keys():
             self.first = self.last | self.first
 
+    def ending(
+        self, step: Step, scaler: torch.amp.GradScaler | None, settings: RunSettings
+    ) -> UnsoundStep | None:
+        """Return with what a step that is not sound ends the run; None where it is to be skipped."""
+        return None if is_of_scale(step, scaler) else self.skipped.ending(step, settings)
+
     def state_dict(self) -> dict[str, dict[str, float]]:
         return {"first": self.first, "last": self.last, "skipped": self.skipped.state()}
 
@@ -275,6 +282,12 @@ def require_unscalable(method: LoweredMethod) -> None:
             f"a GradScaler cannot find the gradients of {names}, which a `mask` clause keeps elsewhere: train in"
             " bfloat16, which needs no scaler, or remove the mask"
         )
+
+
+def is_of_scale(step: Step, scaler: torch.amp.GradScaler | None) -> bool:
+    """Say whether a GradScaler's scale made a step overflow; at 1 or below, it is the gradient itself."""
+    scaled = scaler is not None and (step.may_be_unsound or scaler.get_scale() > 1)
+    return scaled and (step.may_be_unsound or math.isfinite(step.loss))
 
 
 def free_gradients(method: LoweredMethod) -> None:

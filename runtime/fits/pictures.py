@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from trainc.runtime.fits.batch import BatchLaw
 from trainc.runtime.fits.transfer import TransferLaw
@@ -26,13 +27,14 @@ def _draw_transfer(axes: Axes, law: TransferLaw) -> None:
         color = COLORS[i % len(COLORS)]
         points = [point for point in law.points if point.run.size == size]
         at = [point.run.data for point in points]
-        axes.plot(at, [p.amount for p in points], "o", color=color, label=f"N = {size:.3g}")
+        named = f"{size:.3g} parameters"
+        axes.plot(at, [p.amount for p in points], "o", color=color, label=named)
         axes.plot(data, [law.amount(d, size) for d in data], color=color, linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("fine-tuning data, tokens")
     axes.set_ylabel("data transferred, tokens")
-    legend_below(axes)
+    legend_below(axes, (Line2D([], [], color="0.5", linewidth=1), "law"))
 
 
 def draw_batch(law: BatchLaw, output: Path) -> Path:

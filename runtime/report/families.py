@@ -11,7 +11,7 @@ from trainc.runtime.report.axes import curve, legend_below, set_run_axis
 from trainc.runtime.report.run_records import RunRecords
 
 NAMED = 6
-"""The most curves that a legend names."""
+"""The most curves of which a legend names each."""
 
 
 def shades(count: int) -> list[tuple[float, float, float, float]]:
@@ -26,16 +26,17 @@ def draw_family(
     label: str,
     runs: Sequence[RunRecords],
 ) -> None:
-    """Draw a curve for each name, from dark to light in their order, and the limit as a line."""
+    """Draw a curve for each name, from dark to light in their order, and the limit as a line; a legend names them."""
+    ends = [*series][:1] + [*series][-1:]
     for color, (name, (at, values)) in zip(shades(len(series)), series.items(), strict=True):
-        named = name if len(series) <= NAMED else "_"
+        # Of many the first and the last are named: the others are between them, as their colours are.
+        named = name if len(series) <= NAMED or name in ends else "_"
         curve(axes, at, values, color=color, linewidth=1.4, label=named)
-    axes.axhline(limit, color="0.5", linewidth=0.8, linestyle="--")
+    axes.axhline(limit, color="0.5", linewidth=0.8, linestyle="--", label=f"limit, {limit:g}")
     set_run_axis(axes, runs)
     axes.set_yscale("log")
     axes.set_ylabel(label)
-    if len(series) <= NAMED:
-        legend_below(axes)
+    legend_below(axes)
 
 
 def draw_times(
@@ -54,6 +55,9 @@ def draw_times(
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     points = axes.twinx()
+    points.grid(
+        visible=False
+    )  # beside that of the sizes its lines would be read as theirs, and cross the bars
     reached = [(i, at) for i, at in enumerate(times) if at is not None]
     points.plot([i for i, _ in reached], [at for _, at in reached], "o", color="#2166AC")
     points.set_ylim(bottom=0)

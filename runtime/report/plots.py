@@ -160,6 +160,7 @@ def _draw_losses(axes: Axes, runs: Sequence[RunRecords]) -> None:
             axes.plot(at, losses, **style, label="evaluation" if len(runs) == 1 else None)
     if len(runs) > 1 and any(run.has("eval_loss") for run in runs):
         axes.plot([], [], **EVALUATION, color="#555555", label="evaluation")
+    axes.set_ylabel("loss")
     set_run_axis(axes, runs)
 
 
@@ -174,6 +175,7 @@ def _draw_rates(axes: Axes, runs: Sequence[RunRecords]) -> None:
             label = "over all parameters" if len(runs) == 1 else None
             axes.fill_between(at, low, high, color=run.color, alpha=0.2, linewidth=0, label=label)
     plain_numbers(axes.yaxis)
+    axes.set_ylabel("learning rate")
     set_run_axis(axes, runs)
 
 

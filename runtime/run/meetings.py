@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trainc.runtime.processes.apart import (
     GOES_BACK,
@@ -14,8 +15,10 @@ from trainc.runtime.processes.apart import (
     Met,
     Standing,
 )
-from trainc.runtime.run.interface import UnsoundStep
-from trainc.runtime.step.action import RollBack, StopRun
+from trainc.runtime.run.interface import Meet, UnsoundStep
+from trainc.runtime.step.action import Action, Phase, RollBack, StopRun
+from trainc.runtime.step.gradients import MeasureChanged
+from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Step
 
 _ERRORS: Mapping[int, type[StopRun]] = {STOPS: StopRun, UNSOUND: UnsoundStep, GOES_BACK: RollBack}
@@ -27,7 +30,7 @@ class BatchesDiffer(ValueError):
 
 @dataclass(eq=False)
 class Meetings:
-    """Lets the replicas of a run meet once in every step."""
+    """Lets the replicas of a run meet in every step, once or where `MeetAgain` runs twice."""
 
     team: Apart
     requested: Callable[[], str | None]
@@ -73,6 +76,40 @@ class Meetings:
                 " sets the batch read the clock or evaluations, and nothing that each replica measures itself"
             )
         return self.met
+
+
+class MeetAgain(Action):
+    """Phase 9, first: meets the others once more, where clauses change gradients, which may not be finite then.
+
+    A replica that does not come here meets them before it leaves the step out: all meet as often.
+    """
+
+    phase = Phase.OPTIMIZER
+    name = "meet again"
+    reads_shards: ClassVar = True
+
+    def __init__(self, meet: Meet) -> None:
+        self.meet = meet
+        self.last: Step | None = None
+        """The step in which this replica met the others again."""
+
+    @classmethod
+    def where_due(cls, machine: StepMachine, meet: Meet) -> MeetAgain | None:
+        """Add this to the actions of a machine, and return it, where clauses change gradients."""
+        if not any(isinstance(action, MeasureChanged) for action in machine.actions):
+            return None
+        machine.add(again := cls(meet), first=True)
+        return again
+
+    def run(self, step: Step) -> None:
+        """Meet, with nothing that ends the run; raises StopRun where another replica ends it."""
+        self.tell(step, None, skips=False)
+
+    def tell(self, step: Step, ends: StopRun | None, *, skips: bool) -> None:
+        """Meet unless this was done in this step; raises StopRun, the same in all, where a replica ends the run."""
+        if self.last is not step:
+            self.last = step
+            self.meet(step, ends, skips)
 
 
 def _kind(request: StopRun | None) -> int:

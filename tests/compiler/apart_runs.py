@@ -14,12 +14,15 @@ from torch.utils.data import Dataset
 import trainc
 from tests.compiler.launched_runs import cut
 from tests.torchrun import Data, Net, Points, spec
+from trainc.compiler.constructs.lr.trust_ratio import ScaleGradients
 from trainc.compiler.driver.train import train
 from trainc.dsl.text.errors import SpecError
 from trainc.runtime.data.batch import Batch
 from trainc.runtime.data.order import Order, split_indices
 from trainc.runtime.device.hardware import find_hardware
 from trainc.runtime.processes.launch import find_launch, joined
+from trainc.runtime.step.gradients import ParameterGradient
+from trainc.runtime.step.record import Step
 from trainc.runtime.storage.random_streams import seed_step
 
 SEED, STEPS, SAMPLES = 3, 10, 101
@@ -121,9 +124,13 @@ READ = {
 }
 """Specs whose data is read in another way."""
 POISONED = apart(data="tests.compiler.apart_runs:poisoned")
+SPOILED = apart(more="lr trust_ratio { of = gradient }").replace("adamw", "sgd")
+"""A spec with a clause that changes gradients, which a test lets spoil those of one replica."""
 ENDED = {
     "nan": POISONED,
     "skipped": POISONED.replace("length", "on_nan = skip, length"),
+    "spoiled": SPOILED,
+    "spoiled and skipped": SPOILED.replace("length", "on_nan = skip, length"),
     "stopped": apart(more="when loss < 1.3 { stop }"),
     "saved": apart(more="when loss < 1.3 cooldown 100% { save }"),
     "evaluated": apart(more="when eval_loss < 1e9 { stop }"),
@@ -161,6 +168,18 @@ def own_loop(text: str) -> dict[str, Any]:
         return {"model": program.module.state_dict(), "signals": dict(program.signals)}
 
 
+def spoil(rank: int) -> None:
+    """Let `lr trust_ratio` make a gradient of rank 1 infinite in the fourth step, after the replicas have met in it."""
+    change = ScaleGradients.change
+
+    def spoiled(self: Any, gradients: Sequence[ParameterGradient], step: Step) -> None:
+        change(self, gradients, step)
+        if rank == 1 and step.clock.steps == 3:
+            gradients[0].gradient.view(-1)[0] = math.inf
+
+    ScaleGradients.change = spoiled  # type: ignore[method-assign]
+
+
 def refused(text: str, out: Path, **options: Any) -> str:
     """Return the error of a run."""
     try:
@@ -183,6 +202,7 @@ def main(folder: Path) -> None:
             cut(folder / name, out)
         train(text, out, resume=True, quiet=True)
     if launch.size == 2:
+        spoil(rank)
         for name, text in (READ | ENDED).items():
             summary = train(text, folder / name, quiet=True)
             found[name] = summary.reason, summary.message, summary.steps, summary.exit_code

@@ -224,6 +224,13 @@ def test_worker_processes_read_the_same_numbers(two: Any) -> None:
 ENDS = {
     "nan": ("nan", "rank 1: the loss is nan at step 3: the run stops with the weights", 3, 3),
     "skipped": ("finished", "the run has reached its length", STEPS, 4),
+    "spoiled": (
+        "nan",
+        "rank 1: the gradient norm is inf, although the loss is 1.",
+        3,
+        3,
+    ),
+    "spoiled and skipped": ("finished", "the run has reached its length", STEPS, 4),
     "stopped": ("stopped", "the rule `when loss < 1.3` stopped the run", None, 0),
     "saved": ("finished", "the run has reached its length", STEPS, 0),
     "evaluated": ("stopped", "the rule `when eval_loss < 1000000000` stopped the run", 4, 0),
@@ -245,9 +252,10 @@ def test_all_replicas_end_alike(name: str, two: Any) -> None:
     assert newest == [found[0][2]] * 2
 
 
-def test_a_step_that_one_replica_skips_is_told_of(two: Any) -> None:
-    assert said(two[0] / "skipped").count("rank 1 skips step 4") == 1
-    steps, _ = records(two[0] / "skipped")
+@pytest.mark.parametrize("name", ["skipped", "spoiled and skipped"])
+def test_a_step_that_one_replica_skips_is_told_of(name: str, two: Any) -> None:
+    assert said(two[0] / name).count("rank 1 skips step 4") == 1
+    steps, _ = records(two[0] / name)
     assert steps[3]["mean_loss"] == steps[3]["loss"]
 
 

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 
 from trainc.compiler.driver.recorded_clauses import draw_runs, panels_of
 from trainc.runtime.report.axes import Panel, round_numbers
-from trainc.runtime.report.families import draw_times
+from trainc.runtime.report.families import draw_family, draw_times
 from trainc.runtime.report.plots import list_panels, read_runs, smooth
-from trainc.runtime.report.run_records import RecordedClause
+from trainc.runtime.report.run_records import RecordedClause, RunRecords
 from trainc.runtime.report.shown_signal import ShownSignal
 from trainc.runtime.report.signal_panels import signal_panels
 
@@ -279,3 +279,15 @@ def test_times_that_are_not_reached_are_marked_once_in_words() -> None:
     legend = points.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["not yet"]
+    assert not any(line.get_visible() for line in points.get_ygridlines())
+
+
+@pytest.mark.parametrize(("count", "named"), [(3, [0, 1, 2]), (40, [0, 39])])
+def test_a_family_of_curves_is_named_with_its_limit(count: int, named: list[int]) -> None:
+    axes = Figure().add_subplot()
+    series = {f"k = {k}": ([0.0, 1.0], [1.0, 0.5]) for k in range(count)}
+    draw_family(axes, series, 0.1, "error", [RunRecords("a", [], "red")])
+    legend = axes.get_legend()
+    assert legend is not None
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told == [*(f"k = {k}" for k in named), "limit, 0.1"]

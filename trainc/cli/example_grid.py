@@ -24,8 +24,11 @@ class DrawnExample:
     color: str = "none"
 
 
-def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path) -> Path:
-    """Draw rows of examples into a PNG file and return its path; raises ValueError where there is none."""
+def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path, caption: str) -> Path:
+    """Draw rows of examples below a caption into a PNG file and return its path.
+
+    Raises ValueError where there is none.
+    """
     columns = max(map(len, rows), default=0)
     if not columns:
         raise ValueError("no sample has an influence above 0: there is nothing to draw")
@@ -34,8 +37,9 @@ def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path) -> Path:
     for row, cells in zip(rows, every, strict=True):
         for i, cell in enumerate(cells):
             _draw(cell, row[i] if i < len(row) else None)
+    figure.suptitle(caption, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=160)
+    figure.savefig(path, format="png", dpi=160, bbox_inches="tight")  # a caption may be wider
     return path
 
 

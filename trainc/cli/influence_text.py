@@ -79,11 +79,13 @@ class Report:
             many = "s" * (len(found.skipped) > 1)
             steps = ", ".join(map(str, found.skipped))
             self._say(f"left out, as no rate was above 0 in the step before: step{many} {steps}")
-        self._say(f"gradients of {len(self.names)} parameters: {_some(self.names)}")
+        self._say(
+            f"gradients of {len(self.names)} parameter{'s' * (len(self.names) > 1)}: {_some(self.names)}"
+        )
         if self.others is None:
             self.console.print()
             self._say("training samples with the largest influence on themselves")
-            self._table(found.own, self._best(found.own), "self-influence")
+            self._table(found.own, self._best(found.own), "number")
             return
         for place, sample in enumerate(self.others.ids):
             self.console.print()
@@ -137,7 +139,7 @@ class Report:
                 drawn(
                     train,
                     self.train[i],
-                    f"{self.train[i]}: {format_number(float(scores[i]))}",
+                    f"train {self.train[i]}: {format_number(float(scores[i]))}",
                     color,
                 )
                 for i in order
@@ -145,14 +147,19 @@ class Report:
 
         if self.others is None:
             own = self.found.own
-            return draw_examples([row(own, self._best(own), "none")], path)
+            caption = "training samples with their influence on themselves"
+            return draw_examples([row(own, self._best(own), "none")], path, caption)
         rows = []
         for place, sample in enumerate(self.others.ids):
             scores = self.found.scores[place]
             first = drawn(self.others.split, sample, f"{self.others.part} {sample}")
             best, worst = self._best(scores), self._best(-scores)
             rows.append([first, *row(scores, best, "tab:green"), *row(scores, worst, "tab:red")])
-        return draw_examples(rows, path)
+        caption = (
+            f"{self.others.part} samples, and training samples with their influence on each: proponents framed green,"
+            " opponents red"
+        )
+        return draw_examples(rows, path, caption)
 
     def _text(self, split: Any, sample: int) -> str:
         batch = _read(self.run, split, sample)

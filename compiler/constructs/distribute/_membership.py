@@ -16,6 +16,7 @@ def require_library(membership: Membership) -> None:
         raise ImportProblem(
             "missing-library",
             "`membership = torchft` needs torchft, which is not installed",
-            help="install it: pip install trainc[torchft]",
+            help="for a loop of your own install it: pip install trainc[torchft]; for `trainc run`, which divides its"
+            " data over fixed replicas, remove `membership`",
             field="membership",
         )

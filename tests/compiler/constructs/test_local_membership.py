@@ -486,7 +486,10 @@ def test_torchft_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
     (told,) = caught.value.diagnostics
     assert told.rule == "missing-library"
     assert told.message == "`membership = torchft` needs torchft, which is not installed"
-    assert told.help == "install it: pip install trainc[torchft]"
+    assert told.help is not None
+    assert "for a loop of your own install it: pip install trainc[torchft]" in told.help
+    assert "for `trainc run`" in told.help
+    assert "remove `membership`" in told.help
     assert told.labels[0].span is not None
 
 
