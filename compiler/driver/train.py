@@ -111,11 +111,14 @@ def train(
                 logger=logger,
                 preflight=takes,
                 team=team,
-                notes=[
-                    *(("processes", text) for text in distribution.notes),
-                    *(("note", text) for text in ([] if goes_on else origins(checked))),
-                ],
+                notes=_notes(distribution, [] if goes_on else origins(checked)),
             )
+
+
+def _notes(distribution: Distribution, others: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what to say when the run begins, each with its kind of event."""
+    of_processes = (("processes", text) for text in distribution.notes)
+    return [*of_processes, *(("note", text) for text in others)]
 
 
 def _compiled(

@@ -71,7 +71,7 @@ class OpenStep:
         """What to say with the next step, of what was between them."""
         self.meet: Meet | None = None
         """Lets other replicas know of a step before its update; it raises StopRun where one of them ends the run."""
-        self._meet_again: MeetAgain | None = None
+        self.meet_again: MeetAgain | None = None
         self.execution, self.method, self._exchange = execution, method, exchange
         self.machine, self.settings = machine, settings
         machine.equals = lambda: execution.replicas
@@ -101,10 +101,6 @@ class OpenStep:
         self._passes = StepPasses(execution, machine, self._forget_passes)
         self.id_readers = method.id_readers
         """The labels of the clauses that read sample ids: every step must then be given them."""
-
-    def meets_by(self, meet: Meet) -> None:
-        """Let other replicas know of each step, once more where clauses change its gradients after that."""
-        self.meet, self._meet_again = meet, MeetAgain.where_due(self.machine, meet)
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> dict[str, float]:
         """Update with the results of the micro-batches; see `Program.update`."""
@@ -264,11 +260,8 @@ class OpenStep:
         overflowed = scaler is not None and not math.isfinite(step.metrics["gradient_norm"])
         goes_on = not overflowed and (step.unsound is None or step.may_be_unsound)
         if self.meet is not None:
-            self.meet(
-                step,
-                None if goes_on else self.history.ending(step, scaler, self.settings),
-                not goes_on,
-            )
+            ends = None if goes_on else self.history.ending(step, scaler, self.settings)
+            self.meet(step, ends, not goes_on)
         if goes_on:
             try:
                 self.machine.finish()
@@ -277,10 +270,9 @@ class OpenStep:
                 step.unsound = str(error) or found
                 goes_on = False
         if not goes_on:
-            if self._meet_again is not None:
-                self._meet_again.tell(
-                    step, self.history.ending(step, scaler, self.settings), skips=True
-                )
+            if self.meet_again is not None:
+                ends = self.history.ending(step, scaler, self.settings)
+                self.meet_again.tell(step, ends, skips=True)
             self._skip_step(step, scaler)
         elif step.unsound is None:
             self.history.skipped.in_row = 0

@@ -32,6 +32,7 @@ from trainc.runtime.memory.fitting import FittingSize
 from trainc.runtime.processes.replica_group import ReplicaGroup
 from trainc.runtime.processes.sharded import whole
 from trainc.runtime.run.interface import Meet, RunSettings, StepReport
+from trainc.runtime.run.meetings import MeetAgain
 from trainc.runtime.schedule.clock import Clock, RunLength
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.observer import EvaluationObservers
@@ -310,7 +311,8 @@ class Program(LoadableProgram, OwnLoopProgram):
 
     def meet_with(self, meet: Meet) -> None:
         """Let the other replicas know of each step before its update, as `trainc run` does."""
-        self._runner.meets_by(meet)
+        self._runner.meet = meet
+        self._runner.meet_again = MeetAgain.where_due(self._machine, meet)
 
     def agree(self, replicas: ReplicaGroup) -> None:
         """Check that all replicas that average gradients have the same weights; raises ValueError where they differ."""

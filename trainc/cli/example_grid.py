@@ -32,7 +32,7 @@ def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path, caption: s
     columns = max(map(len, rows), default=0)
     if not columns:
         raise ValueError("no sample has an influence above 0: there is nothing to draw")
-    figure = Figure(figsize=(columns * INCHES, len(rows) * (INCHES + 0.3)), layout="tight")
+    figure = Figure(figsize=(columns * INCHES, len(rows) * (INCHES + 0.4) + 0.3), layout="tight")
     every = figure.subplots(len(rows), columns, squeeze=False)
     for row, cells in zip(rows, every, strict=True):
         for i, cell in enumerate(cells):
