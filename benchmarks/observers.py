@@ -1,18 +1,20 @@
-"""What observers cost: their share of the time of training, at the interval that each one's own example has."""
+"""What observers cost: their share of the time of training, at the interval that each one has by default."""
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
 
 import trainc
-from benchmarks.empty_spec import SPEC, Size, random_text, small_gpt
+from benchmarks.empty_spec import SPEC, Batch, Size, random_text, small_gpt
 from benchmarks.measure import Json, Times, compared_over, in_processes, in_turn, timed
+from examples.data import curve_points
+from examples.models import tanh_net
 from trainc.compiler.catalog import catalog
+from trainc.dsl.reading.construct import Construct
 
-EXPECTED = (
-    "each observer of training steps takes less than 1 % of the time at its example's interval"
-)
+EXPECTED = "each observer of training steps takes less than 1 % of the time at its default interval"
 GOAL = 0.01
 PROCESSES = 2
 SIZE = Size(layers=4, width=192, context=64, samples=8, rounds=12)
@@ -25,6 +27,15 @@ STEPS = {
     "consistency": "",
 }
 """Observers of training steps, with fields in place of their example's."""
+CURVE_ROUNDS = 60
+OF_CURVES = {"frequency": ""}
+"""Those of them that measure no text: beside steps of a small network on as many points as the probe has."""
+CURVES = """train 1
+data "examples.data:curve" { batch = 64 samples }
+run { length = 100k steps }
+loss mse
+optimizer adamw { lr = 1e-4, weight_decay = 0.01 }
+"""
 EVALUATIONS = {
     "calibration": "",
     "calibration, with the temperature": "{ temperature = true }",
@@ -36,9 +47,10 @@ EVALUATIONS = {
 def measure() -> Json:
     """Measure all observers on one thread."""
     steps = in_processes("benchmarks.observers:steps", PROCESSES, size=asdict(SIZE))
+    curves = in_processes("benchmarks.observers:curves", PROCESSES, rounds=CURVE_ROUNDS)
     found: Json = {}
-    for name in STEPS:
-        ratio = compared_over(steps, name, "plain")
+    for name in (*STEPS, *OF_CURVES):
+        ratio = compared_over(curves if name in OF_CURVES else steps, name, "plain")
         observed = ratio["cpu"]["median"] - 1
         every = _interval(name)
         found[name] = {
@@ -59,20 +71,22 @@ def measure() -> Json:
     }
 
 
-def _usage(name: str) -> str:
-    return catalog()["observe", name.partition(",")[0]].usage
+def _construct(name: str) -> type[Construct]:
+    return catalog()["observe", name.partition(",")[0]]
 
 
 def _interval(name: str) -> int:
-    """Return every how many steps the example of an observer measures."""
-    found = re.search(r"every (\d+) steps", _usage(name))
-    assert found is not None
-    return int(found[1])
+    """Return every how many steps an observer measures where a spec does not say."""
+    every = _construct(name).default_every
+    assert every is not None
+    steps, unit = every.split()
+    assert unit == "steps"
+    return int(steps)
 
 
 def _clause(name: str, fields: str) -> str:
     """Return a clause that measures in every step."""
-    usage = re.sub(r"every \d+ steps", "", _usage(name))
+    usage = re.sub(r"every \d+ steps", "every 1 steps", _construct(name).usage)
     return usage.partition("{")[0] + fields if fields else usage
 
 
@@ -81,16 +95,32 @@ def steps(size: Json) -> dict[str, list[Times]]:
     torch.set_num_threads(1)
     wanted = Size(**size)
     spec, batch = SPEC % (wanted.samples, wanted.context), random_text(wanted)
-    clauses = {"plain": "", **{name: _clause(name, fields) for name, fields in STEPS.items()}}
+    return _steps(STEPS, spec, lambda: small_gpt(wanted), batch, wanted.rounds)
+
+
+def curves(rounds: int) -> dict[str, list[Times]]:
+    """Time steps of a small network on a curve without and with one observation, in turn."""
+    torch.set_num_threads(1)
+    return _steps(OF_CURVES, CURVES, tanh_net, curve_points(), rounds)
+
+
+def _steps(
+    observers: Mapping[str, str],
+    spec: str,
+    model: Callable[[], torch.nn.Module],
+    batch: Batch,
+    rounds: int,
+) -> dict[str, list[Times]]:
+    clauses = {"plain": "", **{name: _clause(name, fields) for name, fields in observers.items()}}
     programs = {
-        name: trainc.compile(spec + clause, small_gpt(wanted), executor="module")
+        name: trainc.compile(spec + clause, model(), executor="module")
         for name, clause in clauses.items()
     }
     work = {
         name: (lambda program=program: timed(lambda: program.step(batch)))
         for name, program in programs.items()
     }
-    return in_turn(work, wanted.rounds, warm_up=4)
+    return in_turn(work, rounds, warm_up=4)
 
 
 def evaluations(size: Json) -> dict[str, list[Times]]:

@@ -28,6 +28,7 @@ def measured_page() -> str:
             *_cpu(_read("kernels_cpu.json")),
             *_accuracy(_read("accuracy_cpu.json")),
             *_memory(RESULTS / "memory.json"),
+            *_observers(_read("observers.json")),
         ]
     )
 
@@ -243,5 +244,32 @@ def _head(found: Json) -> list[str]:
                 for name, row in rows.items()
             ],
         ),
+        "",
+    ]
+
+
+def _observers(found: Json) -> list[str]:
+    """Return the table of what observers of training steps cost at their default intervals."""
+    measured = found["measured"]
+    size = measured["size"]
+    rows = [
+        [
+            name,
+            f"{one['one observation, in steps']:.2f}",
+            f"{one['every']} steps",
+            f"{one['share of the time']:.2%}",
+        ]
+        for name, one in measured["steps"].items()
+    ]
+    return [
+        "## Observers of training steps",
+        "",
+        f"`python -m benchmarks.run observers`: {_where(found)}. Processor time of one",
+        f"thread, beside steps of a GPT of {size['layers']} layers of width {size['width']} on",
+        f"{size['samples']} x {size['context']} tokens; what reads no text is beside steps of one hidden layer on 64",
+        "points. Without `every` an observer measures at its interval.",
+        f"Expected: {found['expected']}.",
+        "",
+        *_table(["observer", "one observation, in steps", "interval", "share of the time"], rows),
         "",
     ]

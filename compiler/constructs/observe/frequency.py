@@ -70,10 +70,8 @@ class Frequency(Construct):
         "Ma, Xu and Zhang, Frequency Principle in Deep Learning Beyond Gradient-descent-based Training, 2021,"
         " arXiv:2101.00747; Xu et al., Frequency Principle, 2019, arXiv:1901.06523"
     )
-    usage: ClassVar = (
-        'observe frequency every 50 steps { probe = "examples.data:curve_points", threshold = 0.1 }'
-    )
-    default_every: ClassVar = "50 steps"
+    usage: ClassVar = 'observe frequency every 200 steps { probe = "examples.data:curve_points", threshold = 0.1 }'
+    default_every: ClassVar = "200 steps"
     signals: ClassVar = {
         "learned": Signal("fraction of frequencies that were below `threshold`", title="learned"),
         "order": Signal(
