@@ -7,6 +7,8 @@ No time of a device is in it.
 """
 
 import argparse
+import ast
+import hashlib
 import json
 import os
 import subprocess
@@ -28,6 +30,8 @@ TARGETS = ("90", "80", "100")
 BEFORE = "7648617cdf0e3f251afc520ebe6759c5e2650f5a"
 """The commit that is compared with: the kernels as they were first judged without a device."""
 LAUNCHES, INSTRUCTIONS = 2, 10.0
+SOURCES = ("triton_*.py", "launch.py", "occupancy.py", "tiles.py")
+"""Files of kernels that the figures follow from."""
 
 
 def recorded(root: Path, target: str, only: str = "") -> Json:
@@ -65,6 +69,26 @@ def joined(known: Json, found: Json, only: str) -> Json:
             [*kept, *found[name]], key=lambda one: order.get(one.get("target", ""), 0)
         )
     return result
+
+
+def sources(root: Path = ROOT) -> dict[str, str]:
+    """Return what tells each file of kernels from itself with other code; comments and docstrings are not code."""
+    paths = sorted(path for name in SOURCES for path in (root / "kernels").rglob(name))
+    return {path.relative_to(root).as_posix(): code_hash(path.read_text("utf-8")) for path in paths}
+
+
+def code_hash(text: str) -> str:
+    """Return a short hash of a file's statements, whatever its comments, docstrings and layout."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [one for one in body if not _is_text(one)]  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def goals(found: Json) -> list[Json]:
@@ -150,6 +174,7 @@ def main() -> None:
         "taken": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "triton": version("triton"),
+        "sources": sources(),
         "goals": goals(after),
         "before": before,
         "after": after,

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import ROOT, offline_kernels
 from benchmarks.measure import Json
 from benchmarks.offline.fake_driver import programs_a_processor
-from benchmarks.offline_kernels import RESULT, as_text, goals, joined, recorded
+from benchmarks.offline_kernels import RESULT, as_text, code_hash, goals, joined, recorded, sources
 
 
 @pytest.mark.offline
@@ -102,3 +102,20 @@ def test_the_file_has_a_line_for_each_row_and_says_what_it_compares_with() -> No
     kept = json.loads(RESULT.read_text())
     assert kept["before"]["commit"] == offline_kernels.BEFORE
     assert {one["target"] for one in kept["after"]["launches"]} == {"sm_80", "sm_90", "sm_100"}
+
+
+def test_the_report_is_of_the_kernels_as_they_are() -> None:
+    recorded_of, now = json.loads(RESULT.read_text())["sources"], sources()
+    assert "kernels/norm/triton_norm.py" in now
+    others = sorted(path for path in {*now, *recorded_of} if now.get(path) != recorded_of.get(path))
+    assert not others, (
+        f"run python -m benchmarks.offline_kernels: {others} are others than in the report"
+    )
+
+
+def test_comments_are_no_code() -> None:
+    text = "X = 1\n\n\ndef f(x):\n    return x + X\n"
+    same = '"""File."""\nX = 1  # one\n"""Of X."""\ndef f(x):\n    """Function."""\n    return (x + X)\n'
+    assert code_hash(text) == code_hash(same)
+    assert code_hash(text) != code_hash(text.replace("X = 1", "X = 2"))
+    assert code_hash(text) != code_hash(text.replace("x + X", "x - X"))
