@@ -20,6 +20,8 @@ from trainc.kernels.parameter import sparse_adamw as operator
 from trainc.kernels.parameter.triton_tables import Numbers, aligned, owner_of, pieces
 
 BLOCK = 1024
+REGISTERS = 64
+"""A thread's of `adamw_together`: left to itself the assembler takes 56 on sm_80, and spills."""
 TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
     torch.int32: tl.int32, torch.int64: tl.int64,
@@ -200,5 +202,5 @@ def sparse_adamw_(*arguments: Any) -> None:
         launch(
             adamw_together, (listed[-1],),
             Numbers(listed).on(device), held, len(group), *numbers, beta1, beta2, eps,
-            W=TYPES[key[0]], G=TYPES[key[1]], TYPE=TYPES[key[2]], ALIGNED=key[3], **options,
+            W=TYPES[key[0]], G=TYPES[key[1]], TYPE=TYPES[key[2]], ALIGNED=key[3], maxnreg=REGISTERS, **options,
         )  # fmt: skip
