@@ -121,6 +121,11 @@ class HasEntries(Protocol):
     @property
     def waits(self) -> bool: ...
 
+    @property
+    def frees_gradient(self) -> bool: ...
+
+    def gather(self) -> None: ...
+
     def picked(self, tensor: Tensor) -> Tensor: ...
 
     def whole(self, values: Tensor) -> Tensor: ...
@@ -131,6 +136,10 @@ def show_entries(mask: HasEntries) -> None:
     parameter, held = mask.parameter, mask.parameter.grad
     if isinstance(held, EntryGradient) or mask.averages_first:
         return
+    if held is not None and mask.frees_gradient and not mask.waits:
+        # It was added by hand, after the entries of what autograd had added were picked.
+        mask.gather()
+        parameter.grad = held = None
     if held is not None:
         dense = held.to_dense() if held.is_sparse else held
         found = dense.new_zeros(0) if mask.waits else mask.picked(dense)
