@@ -157,8 +157,7 @@ class SelectedEntries(UpdateMask):
         if grad is None or not self.is_chosen or (self.is_shown and self.keeps_dense):
             return
         if self.keeps_dense:  # it holds all that the step has added
-            dense = grad.to_dense() if grad.is_sparse else grad
-            self.values.grad = self.picked(dense).to(self.values.dtype)
+            self.values.grad = self.entries_of(grad)
             return
         self.parameter.grad = None
         self.take(grad)
@@ -183,7 +182,7 @@ class SelectedEntries(UpdateMask):
         with torch.no_grad():
             dense = grad.to_dense() if grad.is_sparse else grad
             if self.is_chosen:
-                self.values.grad = self.picked(dense).to(self.values.dtype)
+                self.values.grad = self.entries_of(dense)
             else:
                 self.freed = FreedGradient.of(grad)
             self.kept = self.arrival(dense)

@@ -123,6 +123,11 @@ class UpdateMask(ABC):
     def picked(self, tensor: Tensor) -> Tensor:
         """Return of a tensor in the parameter's shape what the optimizer has of the parameter."""
 
+    def entries_of(self, grad: Tensor) -> Tensor:
+        """Return of a gradient of the parameter, dense or sparse, what the optimizer reads of it, in its dtype."""
+        dense = grad.to_dense() if grad.is_sparse else grad
+        return self.picked(dense).to(self.values.dtype)
+
     @abstractmethod
     def whole(self, values: Tensor) -> Tensor:
         """Return what the optimizer has of the parameter in its shape, with zeros at entries that do not train."""

@@ -126,7 +126,7 @@ class HasEntries(Protocol):
 
     def gather(self) -> None: ...
 
-    def picked(self, tensor: Tensor) -> Tensor: ...
+    def entries_of(self, grad: Tensor) -> Tensor: ...
 
     def whole(self, values: Tensor) -> Tensor: ...
 
@@ -141,10 +141,8 @@ def show_entries(mask: HasEntries) -> None:
         mask.gather()
         parameter.grad = held = None
     if held is not None:
-        dense = held.to_dense() if held.is_sparse else held
-        found = dense.new_zeros(0) if mask.waits else mask.picked(dense)
+        entries = mask.values.new_zeros(0) if mask.waits else mask.entries_of(held)
         mask.values.grad = None
-        entries = found.to(mask.values.dtype)
     elif mask.values.grad is not None:
         entries = mask.values.grad
     else:
