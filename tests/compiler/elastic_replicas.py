@@ -108,6 +108,8 @@ def dies_between(number: int, folder: Path, *_: str) -> Any:
 def dies_in_turn(number: int, folder: Path, *again: str) -> Any:
     """Of three, number 1 ends in the turn after step 6, and is started again: then it begins on other weights."""
     if again:
+        for other in (0, 2):
+            wait_for(folder / f"without 1 {other}")  # a lighthouse that hears of this one may leave a late one out
         connects(folder, "again")
     else:
         connects(folder, f"is {number}", "is 0", "is 1", "is 2")
@@ -118,6 +120,7 @@ def dies_in_turn(number: int, folder: Path, *again: str) -> Any:
         if (number, done) == (1, 5) and not again:
             ElasticGroup._all_reduce = lambda self, tensor: os._exit(9)  # type: ignore[method-assign]
         if done == 10:
+            (folder / f"without 1 {number}").touch()
             wait_for(folder / "again")
         if done >= 10:
             time.sleep(0.2)
