@@ -108,8 +108,8 @@ def dies_between(number: int, folder: Path, *_: str) -> Any:
 def dies_in_turn(number: int, folder: Path, *again: str) -> Any:
     """Of three, number 1 ends in the turn after step 6, and is started again: then it begins on other weights."""
     if again:
-        for other in (0, 2):
-            wait_for(folder / f"without 1 {other}")  # a lighthouse that hears of this one may leave a late one out
+        for other in (0, 2):  # a lighthouse that hears of this one may leave a late one out
+            wait_for(folder / f"without 1 {other}")
         connects(folder, "again")
     else:
         connects(folder, f"is {number}", "is 0", "is 1", "is 2")
