@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -121,6 +122,9 @@ def joined(launch: Launch, device: torch.device, timeout: float) -> Iterator[Any
     if launch.size == 1:
         yield own
         return
+    # Its functions have the group there is at their import as a default argument: imported within the block, as a
+    # capture does, they kept the group, and its threads could abort a process at its end.
+    import_module("torch.distributed.nn")
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,5 +1,6 @@
 """Runs whose processes train a replica each, one after the other: torchrun starts this file for its tests."""
 
+import inspect
 import math
 import os
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -189,6 +191,18 @@ def refused(text: str, out: Path, **options: Any) -> str:
     return "no error"
 
 
+def kept_groups() -> list[str]:
+    """Return the functions of torch whose default argument is a process group, which lives as long as they do."""
+    from torch.distributed.nn import functional
+
+    functions = inspect.getmembers(functional, inspect.isfunction)
+    return [
+        name
+        for name, one in functions
+        if any(isinstance(d, dist.ProcessGroup) for d in one.__defaults__ or ())
+    ]
+
+
 def main(folder: Path) -> None:
     launch = find_launch()
     assert launch is not None
@@ -211,6 +225,7 @@ def main(folder: Path) -> None:
         out = folder / "of two"
         found["of two"] = refused(CASES["average"], out, resume=True)
         found["accepted"] = refused(CASES["average"], out, resume=True, accept=True)
+    found["kept"] = kept_groups()
     torch.save(found, folder / f"{rank}.pt")
 
 

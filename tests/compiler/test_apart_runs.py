@@ -321,6 +321,10 @@ def test_a_plan_says_what_a_step_of_all_replicas_takes() -> None:
     assert "4 samples in each, R x 4 together; an epoch is one pass over the data by all" in text
 
 
+def test_no_process_group_outlives_its_run(two: Any) -> None:
+    assert [found["kept"] for found in two[1]] == [[], []]
+
+
 def test_the_run_says_what_it_does(two: Any) -> None:
     text = (
         "2 processes train a replica each by `distribute local`: 4 samples a step each, 8 together"
