@@ -24,6 +24,7 @@ from trainc.runtime.report.axes import (
     shade,
     write,
 )
+from trainc.runtime.report.picture_file import picture_format
 from trainc.runtime.report.run_records import RunRecords, common_counter, has_non_finite_loss
 
 # Distinct also for most people with red-green colour blindness (Okabe and Ito).
@@ -49,12 +50,15 @@ EVALUATION: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3,
 
 
 def draw(runs: Sequence[RunRecords], own: Sequence[Panel], output: Path) -> Path:
-    """Draw runs over each other into a PNG file, with the panels `own` of their clauses, and return its path."""
+    """Draw runs over each other into a file, with the panels `own` of their clauses, and return its path."""
     return draw_rows(_arrange(list_panels(runs, own)), output)
 
 
 def draw_rows(rows: Sequence[Sequence[Panel]], output: Path, width: float = 5.6) -> Path:
-    """Draw rows of panels, each `width` inches wide, into a PNG file, and return its path."""
+    """Draw rows of panels, each `width` inches wide, into a file, and return its path.
+
+    Raises ValueError where the file's name ends in the name of no format that can be drawn.
+    """
     columns = max(len(row) for row in rows)
     heights = [max(panel.height for panel in row) for row in rows]
     with rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
@@ -67,7 +71,7 @@ def draw_rows(rows: Sequence[Sequence[Panel]], output: Path, width: float = 5.6)
                 place = slice(None) if panel.wide else column
                 _draw_panel(figure.add_subplot(grid[index, place]), panel)
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, format="png", facecolor="white")
+        figure.savefig(output, format=picture_format(output), facecolor="white")
     return output
 
 

@@ -104,6 +104,34 @@ def test_two_clauses_have_rows_and_tables_of_their_own(
     assert row(out[out.index("early by layer") :], "x ") == ["4", "?", "?", "?", "0% of steps"]
 
 
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [("a", b"\x89PNG"), ("a.PNG", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")],
+)
+def test_a_picture_has_the_format_of_its_name(
+    name: str,
+    begins: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run", six_steps(), PLAN)
+    assert report(monkeypatch, capsys, run, "--plot", tmp_path / name)[0] == 0
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_a_picture_of_another_format_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", six_steps(), PLAN)
+    status, out, err = report(monkeypatch, capsys, run, "--plot", tmp_path / "a.webp")
+    assert (status, out) == (2, "")
+    assert "end its name in .png, .pdf or .svg" in " ".join(err.replace("│", " ").split())
+    assert "--plot" in err
+    assert not (tmp_path / "a.webp").exists()
+
+
 def test_a_picture_without_matplotlib_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,30 @@ Without = Annotated[
 ]
 
 
+def _drawable_format(plot: Path | None) -> Path | None:
+    """Return the file that is to be drawn; exits with 2 where its name ends in the name of no format."""
+    if plot is not None:
+        from trainc.runtime.report.picture_file import picture_format
+
+        try:
+            picture_format(plot)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return plot
+
+
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        dir_okay=False,
+        callback=_drawable_format,
+        help="Also draw into this file: PNG, PDF or SVG, by the end of its name.",
+    ),
+]
+
+
 def overrides(given: list[str] | None) -> dict[str, str]:
     """Return `--set` options as a mapping; exits with 2 when one is not NAME=VALUE."""
     pairs = {}

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from trainc.runtime.report.picture_file import picture_format
+
 INCHES = 1.15
 """The side of a picture."""
 
@@ -25,7 +27,7 @@ class DrawnExample:
 
 
 def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path, caption: str) -> Path:
-    """Draw rows of examples below a caption into a PNG file and return its path.
+    """Draw rows of examples below a caption into a file and return its path.
 
     Raises ValueError where there is none.
     """
@@ -39,7 +41,9 @@ def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path, caption: s
             _draw(cell, row[i] if i < len(row) else None)
     figure.suptitle(caption, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=160, bbox_inches="tight")  # a caption may be wider
+    figure.savefig(
+        path, format=picture_format(path), dpi=160, bbox_inches="tight"
+    )  # a caption may be wider
     return path
 
 

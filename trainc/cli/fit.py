@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainc.cli.common import require_drawable
+from trainc.cli.common import Plot, require_drawable
 
 if TYPE_CHECKING:
     from trainc.runtime.fits.batch import BatchLaw, Reached
@@ -22,10 +22,6 @@ SMOOTHED = 20
 Runs = Annotated[
     list[Path],
     typer.Argument(metavar="RUN...", help="Folders of runs.", exists=True, file_okay=False),
-]
-Plot = Annotated[
-    Path | None,
-    typer.Option("--plot", metavar="FILE", dir_okay=False, help="Also draw into this PNG file."),
 ]
 
 

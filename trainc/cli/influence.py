@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trainc.cli.common import require_drawable, require_one_process
+from trainc.cli.common import Plot, require_drawable, require_one_process
 
 
 def register(app: typer.Typer) -> None:
@@ -81,15 +81,7 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[
             bool, typer.Option("--json", help="Print JSON, with the scores of all samples.")
         ] = False,
-        plot: Annotated[
-            Path | None,
-            typer.Option(
-                "--plot",
-                metavar="FILE",
-                dir_okay=False,
-                help="Also draw the images found into this PNG file.",
-            ),
-        ] = None,
+        plot: Plot = None,
     ) -> None:
         """Show which training samples a run's losses owe most to.
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainc.cli.common import require_drawable
+from trainc.cli.common import Plot, require_drawable
 from trainc.compiler.driver.recorded_clauses import (
     draw_runs,
     figure_rows,
@@ -214,18 +214,13 @@ def register(app: typer.Typer) -> None:
             list[Path],
             typer.Argument(metavar="RUN...", help="Folders of runs.", exists=True, file_okay=False),
         ],
-        plot: Annotated[
-            Path | None,
-            typer.Option(
-                "--plot", metavar="FILE", dir_okay=False, help="Also draw into this PNG file."
-            ),
-        ] = None,
+        plot: Plot = None,
     ) -> None:
         """Summarise finished runs, side by side.
 
         Prints why each run ended, its losses, what its clauses measured, in total and by layer, and the
         summary of each clause; for several runs also the clauses that differ. `--plot` draws losses,
-        learning rates, what the clauses measured, and figures per layer into a PNG file.
+        learning rates, what the clauses measured, and figures per layer into a file.
         """
         with only_trusted(()):
             _report(runs, plot)

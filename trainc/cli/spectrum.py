@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainc.cli.common import Overrides, overrides, require_drawable
+from trainc.cli.common import Overrides, Plot, overrides, require_drawable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,12 +197,7 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[
             bool, typer.Option("--json", help="Print JSON: a list of weights with their numbers.")
         ] = False,
-        plot: Annotated[
-            Path | None,
-            typer.Option(
-                "--plot", metavar="FILE", dir_okay=False, help="Also draw into this PNG file."
-            ),
-        ] = None,
+        plot: Plot = None,
     ) -> None:
         """Show how heavy the tails of the spectra of weights are.
 

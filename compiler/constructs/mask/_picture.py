@@ -21,7 +21,7 @@ CELLS = 96
 def mask_panels(clauses: Sequence[RecordedClause]) -> Iterator[Panel]:
     """Yield a picture of the largest masked tensor of each run that has a checkpoint."""
     from trainc.runtime.report.axes import Panel
-    from trainc.runtime.report.matrix_map import draw_matrix
+    from trainc.runtime.report.pictures.matrix_map import draw_matrix
 
     for clause in clauses:
         found = None if clause.run.folder is None else largest_mask(clause.run.folder, clause)

@@ -1,1 +1,1 @@
-"""Pictures of what clauses measure: fitted curves, cosines, reliability."""
+"""Pictures of what clauses measure: fitted curves, cosines, reliability, matrices."""
