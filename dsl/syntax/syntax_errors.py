@@ -30,6 +30,7 @@ _DOUBLED = {
     "/": "comments begin with `#`",
     "=": "write one `=` to give a value, `==` to compare",
 }
+_WORDS = {"&": "and", "|": "or"}
 
 
 def explain(
@@ -132,7 +133,11 @@ def _help(
         return _DOUBLED[text], _once(text, span, before)
     if text == "==" and "EQUAL" in accepts:
         return _DOUBLED["="], Edit(span, "=", safe=True)
-    kind = next((t.type for t in (*before, *whole)), None)
+    kind = _statement(before or whole, source)
+    if token.type == "COMPARE" and kind == "WHEN":
+        if sign := _selector_sign(before):
+            return _DOUBLED[sign.value], Edit(span_of(sign, source), _WORDS[sign.value], safe=True)
+        return "a condition compares two values: write `and` between two conditions", None
     if text == "=" and "AND" in accepts and kind in ("WHEN", "LET"):
         return "write `==` to compare", Edit(span, "==", safe=kind == "WHEN")
     if text == "=" and last and last.type in ("KIND", "RUN", "UNIT"):
@@ -160,12 +165,30 @@ def _help(
     return None, None
 
 
+def _statement(tokens: Sequence[Token], source: Source) -> str | None:
+    """Return the type of the token that begins the last of these statements."""
+    for last, token in zip(reversed(tokens[:-1]), reversed(tokens), strict=False):
+        if token.type in _STATEMENT and _begins_line(token, last, source):
+            return token.type
+    return tokens[0].type if tokens else None
+
+
+def _selector_sign(before: Sequence[Token]) -> Token | None:
+    """Return the `&` or `|` of selectors since the comparison before, where another comparison begins."""
+    for token in reversed(before):
+        if token.value in _WORDS:
+            return token
+        if token.type == "COMPARE":
+            break
+    return None
+
+
 def _once(text: str, span: Span, before: Sequence[Token]) -> Edit | None:
     """Return the edit for a sign that is written twice."""
     start = span.start - 1 if span.source.text[span.start - 1 : span.start] == text else span.start
     both = Span(span.source, start, start + 2)
     when = bool(before) and before[0].type == "WHEN"
-    words = {"&": "and", "|": "or"} if when else {"&": "&", "|": "|"}
+    words = _WORDS if when else {"&": "&", "|": "|"}
     new = {**words, "/": "#"}.get(text)
     return None if new is None else Edit(both, new, safe=True)
 

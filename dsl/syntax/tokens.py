@@ -152,15 +152,17 @@ def _complain(bad: re.Match[str], source: Source) -> Diagnostic:
         return Diagnostic("syntax", message, (Label(span),), (), help)
     message = f"unexpected `{printable(text)}`"
     new = _REPLACED.get(text)
-    edit = None if new is None else Edit(span, new)
+    edit = None if new is None else Edit(span, new, safe=text in _COMPARISONS)
     return Diagnostic("syntax", message, (Label(span),), (), _INSTEAD.get(text), edit=edit)
 
 
-_REPLACED = {";": ",", "!": "not ", "$": ""}
+_COMPARISONS = {"≤": "<=", "≥": ">=", "≠": "!="}
+_REPLACED = {";": ",", "!": "not ", "$": "", **_COMPARISONS}
 _INSTEAD = {
     ";": "remove `;`; write `,` between fields",
     ":": "write `=` between a name and its value",
     "'": 'write strings with `"`',
     "!": "write `not`",
+    **{sign: f"write `{word}`" for sign, word in _COMPARISONS.items()},
     "$": "write the name of a `let` without `$`: `width`",
 }

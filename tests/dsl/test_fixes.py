@@ -80,6 +80,30 @@ def test_what_can_mean_only_one_thing_is_one_message_and_is_corrected(
 
 
 @pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("loss < 3 & steps > 2", "loss < 3 and steps > 2"),
+        ("loss < 3 | steps > 2", "loss < 3 or steps > 2"),
+        ("loss < 3 & steps > 2 | loss > 5", "loss < 3 and steps > 2 or loss > 5"),
+        ("loss ≥ 3", "loss >= 3"),
+        ("loss ≤ 3 and steps ≠ 2", "loss <= 3 and steps != 2"),
+    ],
+)
+def test_signs_of_conditions_are_corrected(written: str, meant: str, tmp_path: Path) -> None:
+    path = tmp_path / "spec.train"
+    path.write_text(wrong("loss is nan", written), "utf-8")
+    assert all(error.help for error in load_spec(path, catalog()).errors)
+    fix_file(path, catalog())
+    assert path.read_text("utf-8") == wrong("loss is nan", meant)
+    assert load_spec(path, catalog()).diagnostics == ()
+
+
+def test_a_comparison_of_three_says_how_two_are_joined() -> None:
+    (found,) = load_spec(wrong("loss is nan", "1 < loss < 3"), catalog()).errors
+    assert found.help == "a condition compares two values: write `and` between two conditions"
+
+
+@pytest.mark.parametrize(
     ("old", "new", "at"),
     [
         ('"examples.models:vit"', '"examples.models:vit', '"examples.models:vit'),
