@@ -19,6 +19,7 @@ from trainc.compiler.model.undisturbed import keep_state
 from trainc.compiler.per_example.micro_batch import MicroBatchSlice
 from trainc.runtime.data.batch import Batch, copy_inputs, map_tensors
 from trainc.runtime.processes.sharded import reshard
+from trainc.runtime.step.gradients import as_dense
 from trainc.runtime.step.machine import StepMachine
 from trainc.runtime.step.record import Step
 from trainc.runtime.storage.random_streams import derive_seed
@@ -291,7 +292,7 @@ class SurroundedSteps:
 def _add(found: dict[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
     """Add gradients to those found so far, as dense ones."""
     for name, gradient in gradients.items():
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        dense = as_dense(gradient)
         found[name] = found[name] + dense if name in found else dense
 
 

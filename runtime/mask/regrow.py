@@ -14,6 +14,7 @@ from trainc.runtime.mask.scores import SummedScores
 from trainc.runtime.schedule.clock import Clock
 from trainc.runtime.schedule.gate import Gate
 from trainc.runtime.step.action import Action, ActionState, Phase
+from trainc.runtime.step.gradients import as_dense
 from trainc.runtime.step.record import Step
 from trainc.runtime.storage.form import Form, Record, Values
 
@@ -32,7 +33,7 @@ class SumScores(Action):
 
     def run(self, step: Step) -> None:
         found = {name: g for name in self._tensors if (g := step.parameters[name].grad) is not None}
-        if found and all(bool(g.isfinite().all()) for g in map(_dense, found.values())):
+        if found and all(bool(g.isfinite().all()) for g in map(as_dense, found.values())):
             self.score.add(step, found)
 
     def memory(self) -> int:
@@ -95,7 +96,7 @@ class Regrow(Action):
             grad, count = mask.parameter.grad, int(fraction * mask.count)
             if grad is None or mask.kept is None or not count or name in self.choice.fresh:
                 continue
-            dense = _dense(grad)
+            dense = as_dense(grad)
             if not bool(dense.isfinite().all()):
                 step.notes.append(
                     f"{self.label}: the gradient of `{name}` is not finite, so it is not regrown"
@@ -121,7 +122,3 @@ def regrown(weight: Tensor, kept: Tensor, growth: Tensor, count: int) -> Tensor:
     mask = torch.zeros_like(size, dtype=torch.bool).index_fill_(0, staying, True)
     (grown,) = largest([growth.flatten().masked_fill(mask, -torch.inf)], count)
     return mask.index_fill_(0, grown, True).view(weight.shape)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient

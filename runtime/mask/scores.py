@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainc.runtime.mask.allocation import Alphas
 from trainc.runtime.mask.entry_choice import Choice
+from trainc.runtime.step.gradients import as_dense
 from trainc.runtime.step.record import Step
 from trainc.runtime.storage.random_streams import derive_seed
 
@@ -31,7 +32,7 @@ def smallness(step: Step, name: str) -> Tensor:
 
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 at least, detached and dense."""
-    dense = tensor.to_dense() if tensor.is_sparse else tensor
+    dense = as_dense(tensor)
     return dense.detach().to(torch.promote_types(dense.dtype, torch.float32))
 
 

@@ -14,6 +14,7 @@ from trainc.runtime.mask.positions import Arrived, Positions, carry, size_of, st
 from trainc.runtime.mask.update_mask import Begin, UpdateMask, leaves_of, no_state, own_tensors
 from trainc.runtime.soundness.gradient_norm import FreedGradient
 from trainc.runtime.step.entry_updates import Chosen
+from trainc.runtime.step.gradients import as_dense
 
 
 class ComesInParts(Exception):
@@ -113,7 +114,7 @@ class SelectedEntries(UpdateMask):
             self.gather()
         grad, self.parameter.grad, self.freed = self.parameter.grad, None, None
         if grad is not None and self.keeps_dense:
-            self.kept = grad.to_dense() if grad.is_sparse else grad
+            self.kept = as_dense(grad)
 
     def accumulated(self) -> Tensor | None:
         """Return what holds the gradient of the open step: all of it where a choice depends on it, else its entries."""
@@ -121,9 +122,7 @@ class SelectedEntries(UpdateMask):
 
     def take(self, grad: Tensor) -> None:
         """Add a dense gradient: its selected entries, or all of it where a choice depends on it."""
-        if grad.is_sparse:
-            grad = grad.to_dense()
-        grad = grad.detach()
+        grad = as_dense(grad).detach()
         if self._chooses_now:
             self._arrive(grad)
             return
@@ -180,7 +179,7 @@ class SelectedEntries(UpdateMask):
             raise ComesInParts(self.name)
         assert self.arrival is not None
         with torch.no_grad():
-            dense = grad.to_dense() if grad.is_sparse else grad
+            dense = as_dense(grad)
             if self.is_chosen:
                 self.values.grad = self.entries_of(dense)
             else:

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from trainc.runtime.processes.sharded import is_sharded
 from trainc.runtime.soundness.gradient_norm import FreedGradient
+from trainc.runtime.step.gradients import as_dense
 from trainc.runtime.torch_optimizer.nested import leaves
 
 Begin = Callable[[Tensor], Mapping[str, Any]]
@@ -125,8 +126,7 @@ class UpdateMask(ABC):
 
     def entries_of(self, grad: Tensor) -> Tensor:
         """Return of a gradient of the parameter, dense or sparse, what the optimizer reads of it, in its dtype."""
-        dense = grad.to_dense() if grad.is_sparse else grad
-        return self.picked(dense).to(self.values.dtype)
+        return self.picked(as_dense(grad)).to(self.values.dtype)
 
     @abstractmethod
     def whole(self, values: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from trainc.runtime.step.record import Step
 
 
+def as_dense(gradient: Tensor) -> Tensor:
+    """Return a gradient, or what has its form, with all its entries: one that is sparse holds those of some rows."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 @dataclass(slots=True)
 class ParameterGradient:
     """The gradient of one parameter in a step: the mean over all micro-batches and replicas.
