@@ -41,6 +41,7 @@ from trainc.runtime.data.generators import find_generators, kept
 from trainc.runtime.data.order import Data
 from trainc.runtime.data.stream import count_samples
 from trainc.runtime.device.hardware import Hardware
+from trainc.runtime.processes.launch import leaving_no_threads
 from trainc.runtime.run.live_display import LiveDisplay
 from trainc.runtime.run.loggers import Logger
 from trainc.runtime.run.loop import train as loop
@@ -55,6 +56,7 @@ from trainc.runtime.storage.run_folder import RunFolder
 SPEC, SPEC_TEXT = "spec.json", "spec.train"
 
 
+@leaving_no_threads
 def train(
     spec: str | Path,
     out: Path,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import wraps
 from hashlib import sha256
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,8 @@ _POLITE = 0.5
 """Seconds for which other ranks let rank 0 speak first."""
 
 
+P = ParamSpec("P")
+Found = TypeVar("Found")
 _JOINED = [0]
 """How many runs this process has been a part of."""
 
@@ -69,6 +75,14 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     if size > 1 and not dist.is_available():
         raise WrongLaunch(f"WORLD_SIZE is {size}, but this torch was built without distributed")
     return Launch(rank, size, _number(environment, "LOCAL_RANK", rank), restarts)
+
+
+def is_one_of_several() -> bool:
+    """Return whether a launcher started this process together with others."""
+    with suppress(WrongLaunch):
+        launch = find_launch()
+        return launch is not None and launch.size > 1
+    return False
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -141,3 +155,32 @@ def joined(launch: Launch, device: torch.device, timeout: float) -> Iterator[Any
         yield own
     finally:
         dist.destroy_process_group()
+
+
+def leaving_no_threads(run: Callable[P, Found]) -> Callable[P, Found]:
+    """Let nothing stay of the process groups of a function once it returns.
+
+    DistributedDataParallel is a cycle that holds its group, and this its threads.
+    """
+
+    @wraps(run)
+    def ran(*args: P.args, **options: P.kwargs) -> Found:
+        try:
+            return run(*args, **options)
+        finally:
+            if is_one_of_several():
+                gc.collect()
+
+    return ran
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code, after what was registered for its end, and without Python's own clean-up.
+
+    A thread of gloo that asks for the interpreter meanwhile would abort the process ("terminate called without an
+    active exception").
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

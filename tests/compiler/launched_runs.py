@@ -38,9 +38,16 @@ def cut(source: Path, target: Path) -> None:
     shutil.rmtree(max((target / "checkpoints").glob("step-*")))
 
 
+def thread_names() -> list[str]:
+    """Return the names of the threads of this process, of libraries too; none where the system does not tell."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
 def main(folder: Path) -> None:
     for name, text in CASES.items():
         train(text, folder / name, quiet=True)
+        if name == "plain":
+            (folder / f"threads of {os.environ['RANK']}").write_text("\n".join(thread_names()))
     dropping = CASES["plain"].replace("torchrun:Net", "torchrun:Dropping")
     train(dropping.replace("length = 10", "length = 1"), folder / "dropping", quiet=True)
     for first, second in RESUMED.items():

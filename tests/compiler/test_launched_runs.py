@@ -122,6 +122,12 @@ def test_random_numbers_that_no_module_tells_of_are_noticed(two: Path) -> None:
     assert drawn == {"dropping": 1, "plain": 0}
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_thread_of_a_run_stays_behind_it(rank: int, two: Path) -> None:
+    threads = (two / f"threads of {rank}").read_text().splitlines()
+    assert [name for name in threads if "gloo" in name] == []
+
+
 def test_preflight_tells_the_memory_of_one_process(two: Path) -> None:
     found = read_jsonl(two / "sharded/events.jsonl")
     memory, *_ = [one["message"] for one in found if one["event"] == "preflight"]

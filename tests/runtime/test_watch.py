@@ -1,4 +1,7 @@
-"""Who is late, in which words, and what the variables of a launcher say."""
+"""Who is late, in which words, what the variables of a launcher say, and how a process of several ends."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +87,15 @@ def test_variables_that_do_not_fit_are_refused(change: dict[str, str], message: 
 )
 def test_an_error_of_a_lost_connection_is_told_from_others(error: Exception, follows: bool) -> None:
     assert follows_from_another(error) == follows
+
+
+def test_a_process_ends_with_its_code_after_what_was_registered_for_its_end() -> None:
+    text = (
+        "import atexit, threading; from trainc.runtime.processes.launch import end_process;"
+        " threading.Thread(target=threading.Event().wait).start();"
+        " atexit.register(print, 'registered'); print('last', end=' '); end_process(143)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", text], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, "last registered\n"), done.stderr

@@ -89,4 +89,10 @@ def options(
 
 def main() -> None:
     """Run the command line and exit."""
-    app(prog_name="trainc")
+    try:
+        app(prog_name="trainc")
+    except SystemExit as left:
+        launch = sys.modules.get("trainc.runtime.processes.launch")
+        if launch and launch.is_one_of_several() and left.code != 1:
+            launch.end_process(left.code or 0)
+        raise  # one that failed ends slowly: the others can say so before they are ended
