@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.torchrun import spec
 from trainc.compiler.driver.train import train
+from trainc.runtime.processes.launch import end_process
 
 MEASURED = (
     " noise_scale gns on type(LayerNorm) { smooth = 3 steps } observe calibration { bins = 4 }"
@@ -59,3 +60,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)  # torch keeps the group of the last sharded run, and threads of it
