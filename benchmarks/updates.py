@@ -1,5 +1,7 @@
 """The operators without gradients: measuring and changing weights in place."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,11 +52,14 @@ def sparse_adamw(size: Size, dtype: torch.dtype, device: str) -> Problem:
     state = [torch.rand(one.shape, device=device) for _ in range(2) for one in index]
 
     def fused(*given: Tensor) -> tuple[Tensor, ...]:
-        weights, grads, first, second = (given[n * count : (n + 1) * count] for n in range(4))
+        lists = (*(given[n * count : (n + 1) * count] for n in range(4)), index)
+        taken: Any = (
+            lists if count > 1 else [one for (one,) in lists]
+        )  # all that the operator took at first
         ours.sparse_adamw_(
-            weights, grads, first, second, index, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS,
-            weight_decay=DECAY, step=STEP,
-        )  # fmt: skip
+            *taken, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, step=STEP
+        )
+        weights, _, first, second, _ = lists
         return (*weights, *first, *second)
 
     def aten(*given: Tensor) -> tuple[Tensor, ...]:
