@@ -80,13 +80,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+_file = [Path()]
+"""The file of the test that ran last."""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let each test draw numbers of its own: one that fails by them fails again, alone and in any order."""
+    if item.path != _file[0]:
+        _file[0] = item.path
+        keep_for_good()
     if torch := sys.modules.get("torch"):
         torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 def pytest_collection_finish() -> None:
-    """Keep what stays for all tests out of the garbage collector, which else walks through it again and again."""
+    """Do so with what is collected."""
+    keep_for_good()
+
+
+def keep_for_good() -> None:
+    """Keep what there is out of the garbage collector, which else walks through it again and again.
+
+    That is what stays for all tests, and between two files what libraries keep of the tests before: a collection took
+    a second in the end.
+    """
     gc.collect()
     gc.freeze()
