@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,13 +82,13 @@ def environment() -> dict[str, str]:
     return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join((str(ROOT), *own))}
 
 
-def run_rank(work: Callable[[int], Any]) -> NoReturn:
+def run_rank(work: Callable[[int], Any], *, leaving: Collection[int] = ()) -> NoReturn:
     """Join the group that `run_processes` named, save what `work(rank)` returns, and end this process.
 
-    A rank that is done waits for the others: its connections must stand until they need them no more. A barrier
-    would not do: a group that has lost a replica cannot have one. The process ends without Python's own clean-up:
-    a thread of gloo that asks for the interpreter meanwhile brings it down now and then ("terminate called
-    without an active exception").
+    A rank that is done waits for the others, unless it is one of those `leaving` them: its connections must stand until
+    they need them no more. A barrier would not do: a group that has lost a replica cannot have one. The process ends
+    without Python's own clean-up: a thread of gloo that asks for the interpreter meanwhile brings it down now and then
+    ("terminate called without an active exception").
     """
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
@@ -97,8 +97,10 @@ def run_rank(work: Callable[[int], Any]) -> NoReturn:
     )
     torch.save(work(rank), f"{folder}/{rank}.pt")
     ends = time.monotonic() + PATIENCE
-    while time.monotonic() < ends and not all(
-        Path(f"{folder}/{other}.pt").exists() for other in range(ranks)
+    while (
+        rank not in leaving
+        and time.monotonic() < ends
+        and not all(Path(f"{folder}/{other}.pt").exists() for other in range(ranks))
     ):
         time.sleep(0.01)
     sys.stdout.flush()
