@@ -15,6 +15,8 @@ from trainc.runtime.step.optimizer import OptimizerStep
 
 DIVERGED = 1e4
 """A loss that no model of the zoo has unless its weights are lost."""
+SINGLE = 1e-6
+"""How far apart two ways to compute a weight of single precision may be at least."""
 SMALLEST_GRADIENT = {torch.float32: 1e-3}
 """What is smaller, by dtype, may move a weight by less than its rounding; 1e-6 in other dtypes."""
 
@@ -85,7 +87,8 @@ def check_equal(one: Trained, two: Trained, near: float) -> None:
                 )
     state = two.program.module.state_dict()
     for name, tensor in one.program.module.state_dict().items():
-        if not torch.allclose(tensor, state[name], near, near, equal_nan=True):
+        within = max(near, SINGLE) if tensor.dtype in (torch.float32, torch.complex64) else near
+        if not torch.allclose(tensor, state[name], within, within, equal_nan=True):
             gap = float((tensor - state[name]).abs().max())
             raise Wrong(f"`{name}` of modules and graph are {gap:.2g} apart")
 

@@ -80,9 +80,9 @@ def check(tensors: Sequence[Tensor], mask: Tensor) -> None:
 
 def eager(tensors: Sequence[Tensor], mask: Tensor) -> None:
     check(tensors, mask)
-    dense = [tensor.view(-1) for tensor in tensors if tensor.is_contiguous()]
+    dense = [tensor.view(-1) for tensor in tensors if _in_words(tensor)]
     for tensor in tensors:
-        if not tensor.is_contiguous():
+        if not _in_words(tensor):
             kept = unpack(mask, tensor.numel()) if mask.dtype == torch.uint8 else mask
             tensor.masked_fill_(~kept.view(tensor.shape), 0)
     entries = mask.reshape(-1)
@@ -99,6 +99,11 @@ def eager(tensors: Sequence[Tensor], mask: Tensor) -> None:
                 words[bits] = kept.to(bits).neg_()
             # ANDing all ones or none keeps or clears exactly, and unlike masked_fill_ in vectors.
             tensor[start:stop].view(bits).bitwise_and_(words[bits])
+
+
+def _in_words(tensor: Tensor) -> bool:
+    """Return whether entries lie one after the other, each an integer of torch's; complex128 has 16 bytes."""
+    return tensor.is_contiguous() and tensor.itemsize in BITS
 
 
 def fake(tensors: Sequence[Tensor], mask: Tensor) -> None:

@@ -54,8 +54,9 @@ def masked_update_(tensors: Sequence[Tensor], mask: Tensor) -> None:
     """The CUDA kernel of trainc::masked_update_."""
     operator.check(tensors, mask)
     packed = mask.dtype == torch.uint8
-    dense = [t for t in tensors if t.is_contiguous() and t.numel()]
-    operator.eager([t for t in tensors if not t.is_contiguous()], mask)
+    taken = [t.is_contiguous() and not t.is_complex() for t in tensors]
+    dense = [t for t, one in zip(tensors, taken, strict=True) if one and t.numel()]
+    operator.eager([t for t, one in zip(tensors, taken, strict=True) if not one], mask)
     bits = mask.contiguous() if packed else mask.contiguous().view(torch.uint8)
     for start in range(0, len(dense), TOGETHER):
         some = dense[start : start + TOGETHER]

@@ -38,14 +38,14 @@ class SumScores(Action):
 
     def memory(self) -> int:
         """Return the bytes of the sums, in float32 at least."""
-        return sum(t.numel() * max(4, t.element_size()) for t in self._tensors.values())
+        return sum(t.numel() * self.score.dtype_of(t).itemsize for t in self._tensors.values())
 
     def state_dict(self) -> ActionState:
         return {f"sum/{name}": total for name, total in self.score.sums.items()}
 
     def state_form(self) -> Form:
         def form(tensor: Tensor) -> Form:
-            dtype = str(torch.promote_types(tensor.dtype, torch.float32)).removeprefix("torch.")
+            dtype = str(self.score.dtype_of(tensor)).removeprefix("torch.")
             return Values(tensor.shape, dtype, finite=True)
 
         return Record(optional={f"sum/{name}": form(t) for name, t in self._tensors.items()})
@@ -81,6 +81,7 @@ class Regrow(Action):
         self.label, self.name = label, f"{label} regrowth"
         self.choice, self.growth, self.fraction = choice, growth, fraction
         self.pace = pace
+        self._noted = False
 
     def run(self, step: Step) -> None:
         if self.pace is not None and not self.pace.fires(step.clock):
@@ -92,6 +93,7 @@ class Regrow(Action):
                 " 0 to 1"
             )
         overlap = {}
+        self._note_none(step, fraction)
         for name, mask in self.choice.masks.items():
             grad, count = mask.parameter.grad, int(fraction * mask.count)
             if grad is None or mask.kept is None or not count or name in self.choice.fresh:
@@ -109,6 +111,18 @@ class Regrow(Action):
             mask.parameter.grad = None
             step.gradients = None
         record_overlap(step, self.label, overlap)
+
+    def _note_none(self, step: Step, fraction: float) -> None:
+        """Say, at the first time, where the fraction is less than one entry of each tensor: none is replaced."""
+        most = max((mask.count for mask in self.choice.masks.values()), default=0)
+        if self._noted or not most:
+            return
+        self._noted = True
+        if fraction > 0 and int(fraction * most) == 0:
+            step.notes.append(
+                f"{self.label}: at most {most} entries of a tensor train, of which {fraction:.3g} is less than one, so"
+                " none is replaced: select larger tensors, or replace more"
+            )
 
 
 def regrown(weight: Tensor, kept: Tensor, growth: Tensor, count: int) -> Tensor:

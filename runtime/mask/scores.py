@@ -92,10 +92,19 @@ class SummedScores:
     """Scores that are summed over steps: of each, a function of a weight and its gradient, in float32 at least."""
 
     def __init__(
-        self, of: Callable[[Tensor, Tensor], Tensor], final: Callable[[Tensor], Tensor]
+        self,
+        of: Callable[[Tensor, Tensor], Tensor],
+        final: Callable[[Tensor], Tensor],
+        *,
+        real: bool = False,
     ) -> None:
-        self._of, self._final = of, final
+        self._of, self._final, self._real = of, final, real
         self.sums: dict[str, Tensor] = {}
+
+    def dtype_of(self, weight: Tensor) -> torch.dtype:
+        """Return the dtype of the sums for a weight; that of `real` scores is real where the weight is complex."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return dtype.to_real() if self._real else dtype
 
     def add(self, step: Step, gradients: Mapping[str, Tensor]) -> None:
         """Add what the gradients of a step say of the entries."""
@@ -120,7 +129,8 @@ class SummedScores:
     def so_far(self, step: Step, name: str) -> Tensor:
         """Return the score of a parameter's entries; zeros where it had no gradient."""
         if name not in self.sums:
-            return torch.zeros_like(wide(step.parameters[name]))
+            weight = step.parameters[name]
+            return torch.zeros_like(weight, dtype=self.dtype_of(weight))
         return self._final(self.sums[name])
 
     def take(self, step: Step, name: str) -> Tensor:
@@ -138,9 +148,13 @@ def summed_gradients() -> SummedScores:
 def summed_movement() -> SummedScores:
     """Return - sum of w g over steps: positive where a weight moves away from zero.
 
+    Of complex weights it is the sum for real and imaginary parts, real.
+
     Source: Sanh, Wolf and Rush, Movement Pruning, NeurIPS 2020, arXiv:2005.07683, equation 4, at rate 1.
     """
-    return SummedScores(lambda weight, gradient: -(weight * gradient), lambda total: total)
+    return SummedScores(
+        lambda weight, gradient: -(weight.conj() * gradient).real, lambda total: total, real=True
+    )
 
 
 @dataclass(frozen=True)

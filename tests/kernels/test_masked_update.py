@@ -19,7 +19,11 @@ def test_packing_keeps_every_entry(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.complex128],
+    ids=str,
+)
 def test_entries_outside_become_zero(
     shape: tuple[int, ...], packed: bool, dtype: torch.dtype
 ) -> None:

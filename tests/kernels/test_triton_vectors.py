@@ -214,7 +214,7 @@ def test_sparse_adamw_leaves_what_it_does_not_take_to_pytorch() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("moments", [0, 1, 2, 3])
 def test_masked_update(packed: bool, dtype: torch.dtype, moments: int) -> None:
     from trainc.kernels.parameter import triton_masked_update

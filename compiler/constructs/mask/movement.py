@@ -79,5 +79,5 @@ class Movement(ChoosingMask):
         found: dict[str, Tensor] = {}
         for weight, gradient in zip(weights, gradients, strict=True):
             for name in weight:
-                found[name] = found.get(name, 0) - weight[name] * gradient[name]
+                found[name] = found.get(name, 0) - (weight[name].conj() * gradient[name]).real
         return found

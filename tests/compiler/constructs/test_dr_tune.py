@@ -185,6 +185,15 @@ def test_the_bank_has_the_rows_of_all_replicas() -> None:
     assert int(state["count"]) == 5
 
 
+def test_a_head_that_computes_its_weight_is_refused_by_name() -> None:
+    module = net()
+    nn.utils.parametrizations.weight_norm(module[1])
+    with pytest.raises(
+        trainc.SpecError, match="the head `1` computes its weight of other parameters"
+    ):
+        trainc.compile(SPEC + 'regularize dr_tune on "0" { weight = 1 }', module)
+
+
 @pytest.mark.parametrize(
     ("clause", "says"),
     [

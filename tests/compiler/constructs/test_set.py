@@ -24,6 +24,17 @@ def test_two_programs_grow_the_same_entries() -> None:
         assert torch.equal(held.kept, two._method.masks[name].kept)
 
 
+def test_a_share_that_is_less_than_one_entry_is_said_once() -> None:
+    program = compiled("mask set on ndim(2) every 1 steps { density = 40%, replace = 0.1% }")
+    notes = []
+    for step in range(3):
+        program.step(data(step))
+        notes += program.report().notes
+    (told,) = (note for note in notes if "less than one" in note)
+    assert told.startswith("set: at most ")
+    assert told.endswith("so none is replaced: select larger tensors, or replace more")
+
+
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return weights after seven steps, by the program and by hand."""
     return by_hand("set", draw)

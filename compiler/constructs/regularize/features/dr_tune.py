@@ -165,6 +165,11 @@ class DrTune(Construct):
                 ' `head = "NAME"` with the name of a linear layer'
             )
         own = {name.rpartition(".")[2]: name for name in found[0].parameters}
+        if "weight" not in own:
+            raise ValueError(
+                f"the head `{found[0].name}` computes its weight of other parameters, and what is in the bank is"
+                " classified by a parameter: remove what computes it, such as weight_norm, or name another by `head`"
+            )
         return own["weight"], own.get("bias")
 
     def reference(
