@@ -61,9 +61,9 @@ def test_complex_weights_move_by_their_parts() -> None:
         "loss mse optimizer sgd { lr = 0.1 } run { length = 90 steps, seed = 1 }"
         " mask movement on all from 3 steps every 9 steps { density = 30% }"
     )
-    program, parts = trainc.compile(spec, Complex()), torch.zeros(4, 3, 2, dtype=torch.float64)
-    made = torch.Generator().manual_seed(1)
-    state: Any = None
+    program: Any = trainc.compile(spec, Complex())
+    made, state = torch.Generator().manual_seed(1), None
+    parts = torch.zeros(4, 3, 2, dtype=torch.float64)
     for step in range(4):
         x, y = (torch.randn(5, n, generator=made, dtype=torch.float64) for n in (4, 6))
         weight = program.module.get_parameter("weight")
