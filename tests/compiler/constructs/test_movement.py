@@ -62,7 +62,7 @@ def test_complex_weights_move_by_their_parts() -> None:
         " mask movement on all from 3 steps every 9 steps { density = 30% }"
     )
     program: Any = trainc.compile(spec, Complex())
-    made, state = torch.Generator().manual_seed(1), None
+    made, state = torch.Generator().manual_seed(1), dict[str, Any]()
     parts = torch.zeros(4, 3, 2, dtype=torch.float64)
     for step in range(4):
         x, y = (torch.randn(5, n, generator=made, dtype=torch.float64) for n in (4, 6))
