@@ -92,7 +92,8 @@ def main() -> None:
     try:
         app(prog_name="trainc")
     except SystemExit as left:
-        launch = sys.modules.get("trainc.runtime.processes.launch")
-        if launch and launch.is_one_of_several() and left.code != 1:
-            launch.end_process(left.code or 0)
-        raise  # one that failed ends slowly: the others can say so before they are ended
+        launch, code = sys.modules.get("trainc.runtime.processes.launch"), left.code or 0
+        # One that failed, with 1 or a text, ends slowly: the others can say so before they are ended.
+        if launch and launch.is_one_of_several() and isinstance(code, int) and code != 1:
+            launch.end_process(code)
+        raise
