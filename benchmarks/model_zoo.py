@@ -62,10 +62,12 @@ def main() -> int:
     if not models or not methods:
         parser.error(f"nothing is called `{options.only}`")
     logging.disable(logging.WARNING)  # libraries tell of kernels that are not installed
-    found = {name: _examined(name, methods, every) for name in models}
+    found = {}
+    for name in models:
+        found[name] = _examined(name, methods, every)
+        if not options.only or options.out:  # whatever ends it, what was found stays
+            _write(found, out)
     _show(found, methods)
-    if not options.only or options.out:
-        _write(found, out)
     return int(any(row["status"] == "wrong" for rows in found.values() for row in rows))
 
 
