@@ -114,7 +114,9 @@ class Regrow(Action):
 
     def _note_none(self, step: Step, fraction: float) -> None:
         """Say, at the first time, where the fraction is less than one entry of each tensor: none is replaced."""
-        most = max((mask.count for mask in self.choice.masks.values()), default=0)
+        waiting = self.choice.fresh
+        counts = (mask.count for name, mask in self.choice.masks.items() if name not in waiting)
+        most = max(counts, default=0)
         if self._noted or not most:
             return
         self._noted = True
