@@ -53,9 +53,8 @@ def sparse_adamw(size: Size, dtype: torch.dtype, device: str) -> Problem:
 
     def fused(*given: Tensor) -> tuple[Tensor, ...]:
         lists = (*(given[n * count : (n + 1) * count] for n in range(4)), index)
-        taken: Any = (
-            lists if count > 1 else [one for (one,) in lists]
-        )  # all that the operator took at first
+        # A single weight is all that the operator took at first.
+        taken: Any = lists if count > 1 else [one for (one,) in lists]
         ours.sparse_adamw_(
             *taken, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, step=STEP
         )

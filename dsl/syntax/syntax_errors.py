@@ -187,8 +187,7 @@ def _once(text: str, span: Span, before: Sequence[Token]) -> Edit | None:
     """Return the edit for a sign that is written twice."""
     start = span.start - 1 if span.source.text[span.start - 1 : span.start] == text else span.start
     both = Span(span.source, start, start + 2)
-    when = bool(before) and before[0].type == "WHEN"
-    words = _WORDS if when else {"&": "&", "|": "|"}
+    words = _WORDS if _statement(before, span.source) == "WHEN" else {"&": "&", "|": "|"}
     new = {**words, "/": "#"}.get(text)
     return None if new is None else Edit(both, new, safe=True)
 

@@ -115,7 +115,6 @@ def test_a_picture_has_the_format_of_its_name(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("matplotlib")
     run = write_run(tmp_path / "run", six_steps(), PLAN)
     assert report(monkeypatch, capsys, run, "--plot", tmp_path / name)[0] == 0
     assert (tmp_path / name).read_bytes().startswith(begins)

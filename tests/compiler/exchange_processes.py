@@ -270,6 +270,5 @@ def of(name: str, size: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    run_rank(
-        process, leaving={1} if sys.argv[2] == "2" else ()
-    )  # in the last case rank 0 is left alone
+    # Of two, the last case leaves rank 0 alone.
+    run_rank(process, leaving={1} if sys.argv[2] == "2" else ())

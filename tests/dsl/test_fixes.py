@@ -84,6 +84,7 @@ def test_what_can_mean_only_one_thing_is_one_message_and_is_corrected(
     [
         ("loss < 3 & steps > 2", "loss < 3 and steps > 2"),
         ("loss < 3 | steps > 2", "loss < 3 or steps > 2"),
+        ("loss < 3 && steps > 2", "loss < 3 and steps > 2"),
         ("loss < 3 & steps > 2 | loss > 5", "loss < 3 and steps > 2 or loss > 5"),
         ("loss ≥ 3", "loss >= 3"),
         ("loss ≤ 3 and steps ≠ 2", "loss <= 3 and steps != 2"),

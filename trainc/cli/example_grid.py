@@ -41,9 +41,8 @@ def draw_examples(rows: Sequence[Sequence[DrawnExample]], path: Path, caption: s
             _draw(cell, row[i] if i < len(row) else None)
     figure.suptitle(caption, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(
-        path, format=picture_format(path), dpi=160, bbox_inches="tight"
-    )  # a caption may be wider
+    # A caption may be wider than the examples.
+    figure.savefig(path, format=picture_format(path), dpi=160, bbox_inches="tight")
     return path
 
 

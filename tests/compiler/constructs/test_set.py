@@ -1,9 +1,13 @@
 """SET: a run by hand, and the same draws in every process."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tests.compiler.constructs.test_rigl import by_hand, compiled, data
+from trainc.runtime.mask.regrow import Regrow
 from trainc.runtime.storage.random_streams import derive_seed
 
 
@@ -33,6 +37,19 @@ def test_a_share_that_is_less_than_one_entry_is_said_once() -> None:
     (told,) = (note for note in notes if "less than one" in note)
     assert told.startswith("set: at most ")
     assert told.endswith("so none is replaced: select larger tensors, or replace more")
+
+
+def test_what_is_just_chosen_says_nothing_of_the_share() -> None:
+    mask: Any = SimpleNamespace(count=4, kept=None, parameter=SimpleNamespace(grad=None))
+    choice: Any = SimpleNamespace(masks={"weight": mask}, fresh={"weight"})
+    step: Any = SimpleNamespace(clock=SimpleNamespace(steps=1), notes=[])
+    shares = iter([0.5, 0.1])
+    regrow = Regrow("set", choice, lambda step, name, grad: grad, lambda clock: next(shares))
+    regrow.run(step)
+    assert step.notes == []
+    choice.fresh = set()
+    regrow.run(step)
+    assert [note.split(":")[0] for note in step.notes] == ["set"]
 
 
 def compiled_and_reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
